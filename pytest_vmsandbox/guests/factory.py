@@ -26,7 +26,8 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.networks.joining import joined
 from pytest_vmsandbox.guests.networks.making import Networks
-from pytest_vmsandbox.guests.networks.network import Addressing, Network
+from pytest_vmsandbox.guests.networks.network import Network
+from pytest_vmsandbox.guests.networks.subnets import Addressing
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.replay.run import BeforeRun, RecordedRun, check_recordable

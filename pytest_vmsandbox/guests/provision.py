@@ -121,24 +121,34 @@ def _no_facts(_: object) -> None:
     """Ignore what users' functions return."""
 
 
-def _contents(name: str, entries: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
-    """The current content of each entry."""
+def check_inputs(name: str, entries: object) -> None:
+    """Check the type of `depends_on`. Whether its paths exist is not checked.
+
+    Raises:
+        ConfigError: it is no list, or has something other than texts and paths.
+    """
     if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
         raise ConfigError(
             f"{name}: depends_on={entries!r} is not a list",
             remedy="write a list of texts and paths, such as ['postgresql', Path('setup.sh')]",
         )
     for entry in entries:
-        if isinstance(entry, str):
-            yield f"text {entry}"
-        elif isinstance(entry, os.PathLike):
-            yield f"path {os.fspath(entry)}"
-            yield from _files(name, Path(entry))
-        else:
+        if not isinstance(entry, str | os.PathLike):
             raise ConfigError(
                 f"{name}: depends_on has {entry!r}, which is neither a text nor a path",
                 remedy="use texts, and paths such as Path('setup.sh')",
             )
+
+
+def _contents(name: str, entries: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """The current content of each entry."""
+    check_inputs(name, entries)
+    for entry in entries:
+        if isinstance(entry, str):
+            yield f"text {entry}"
+        else:
+            yield f"path {os.fspath(entry)}"
+            yield from _files(name, Path(entry))
 
 
 def _files(name: str, path: Path) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def read(node: pytest.Item) -> ClusterMark:
                 remedy="for prepared images, write a fixture that calls vm_factory.cluster()",
             )
     inside, form, depends_on = (said.get(name) for name in ARGUMENTS[2:])
-    if inside is not None and inside not in machines:
+    if inside is not None and inside not in [*machines]:  # it may be anything, such as a list
         raise ConfigError(
             f"inside={inside!r}: there is no such machine",
             remedy=f"use one of {', '.join(machines)}, or add it to machines=",
@@ -83,10 +84,8 @@ def read(node: pytest.Item) -> ClusterMark:
             "depends_on= says what form= depends on, and there is no form=",
             remedy="name the function that forms the cluster, form=form, or leave out depends_on=",
         )
-    if form is not None and not callable(form):
-        raise ConfigError(
-            f"form={form!r} cannot be called", remedy="pass a function that takes a cluster"
-        )
+    if form is not None:
+        _check_form(form, depends_on)
     return ClusterMark(
         key=f"{declared} {inside} {id(form)} {depends_on}",
         machines=machines,
@@ -95,6 +94,29 @@ def read(node: pytest.Item) -> ClusterMark:
         form=form,
         depends_on=depends_on or (),
     )
+
+
+def _check_form(form: object, depends_on: object) -> None:
+    from pytest_vmsandbox.guests.provision import check_inputs
+
+    if not callable(form):
+        raise ConfigError(
+            f"form={form!r} cannot be called", remedy="pass a function that takes a cluster"
+        )
+    try:
+        signature = inspect.signature(form)
+    except ValueError:  # some functions that are written in C have none
+        pass
+    else:
+        try:
+            signature.bind(object())
+        except TypeError as error:
+            raise ConfigError(
+                f"form={form!r} cannot be called with a cluster alone: {error}",
+                remedy="pass a function that takes one argument, the cluster",
+            ) from error
+    if depends_on is not None:
+        check_inputs("form=", depends_on)
 
 
 def _said(node: pytest.Item) -> dict[str, Any]:

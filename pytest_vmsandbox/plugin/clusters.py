@@ -33,8 +33,22 @@ def check(run: Run, items: Iterable[pytest.Item]) -> None:
     for item in filter(_asks, items):
         try:
             guests(run, cluster_marker.read(item))
+            if _has_only_a_cluster(item):  # else its plan has been made of the marker vm
+                check_images(run, item)
         except ConfigError as error:
             run.note_usage_error(item.nodeid, error)
+
+
+def check_images(run: Run, node: pytest.Item) -> None:
+    """Check the marker `vm` of a test whose image a cluster declares.
+
+    Raises:
+        ConfigError: it is wrong, or names no image.
+    """
+    asked = read_marks(node.iter_markers("vm"), options.hardware(run.config))
+    for patterns in (asked.images, *([glob] for glob in (*asked.skip, *asked.xfail))):
+        if patterns:
+            run.catalogue.fitting(patterns)
 
 
 def guests(run: Run, mark: ClusterMark) -> dict[str, tuple[str, Hardware]]:
@@ -75,17 +89,29 @@ def refused(config: pytest.Config, inside: Iterable[pytest.Item]) -> Iterator[st
             )
 
 
-def without_effect(config: pytest.Config, inside: Iterable[pytest.Item]) -> Iterator[str]:
-    """Lines about hardware that the marker `vm` asks for, although the cluster declares it."""
+def without_effect(config: pytest.Config, items: Iterable[pytest.Item]) -> Iterator[str]:
+    """Lines about what has no effect in the marker `vm`, because the cluster declares it."""
     usual = options.hardware(config)
-    for item in inside:
-        mark = plan_of(item).cluster
-        asked = read_marks(item.iter_markers("vm"), usual)
-        if mark is not None and (asked.hardware != usual or asked.networks):
-            yield (
-                f"hardware and networks in the marker vm of {item.nodeid} have no effect: the marker vm_cluster "
-                f"says what the machine {mark.inside!r} has"
-            )
+    for item in items:
+        mark, is_outside = plan_of(item).cluster, _has_only_a_cluster(item)
+        if mark is None and not is_outside:
+            continue
+        with suppress(ConfigError):  # has been noted
+            asked = read_marks(item.iter_markers("vm"), usual)
+            has_hardware = asked.hardware != usual or asked.kernels or asked.networks
+            ours = {
+                "images": asked.images,
+                "hardware and networks": has_hardware,
+                "isolation": is_outside and asked.isolation not in (None, "test"),
+                "reasons to skip and xfail": is_outside and (asked.skip or asked.xfail),
+            }
+            if idle := ", ".join(name for name, is_given in ours.items() if is_given):
+                verb = "has" if idle == "isolation" else "have"
+                machines = f"the machine {mark.inside!r} has" if mark else "its machines have"
+                yield (
+                    f"{idle} in the marker vm of {item.nodeid} {verb} no effect: the marker vm_cluster says what "
+                    f"{machines}"
+                )
 
 
 def images(run: Run, items: Iterable[pytest.Item]) -> Iterator[str]:
@@ -112,6 +138,11 @@ def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> Iterator[tuple[str
 def _asks(item: pytest.Item) -> bool:
     """Whether a test asks for the fixture."""
     return NAME in getattr(item, "fixturenames", ())
+
+
+def _has_only_a_cluster(item: pytest.Item) -> bool:
+    """Whether a test drives a cluster, and has no other guest, so its marker `vm` is about nothing."""
+    return _asks(item) and "_vm_image" not in item.fixturenames  # type: ignore[attr-defined]
 
 
 def _coming(items: Iterable[pytest.Item]) -> Iterator[tuple[pytest.Item, ClusterMark]]:

@@ -69,6 +69,7 @@ def _variants(run: Run, node: pytest.Item, fixturenames: Iterable[str]) -> list[
         mark = cluster_marker.of_inside(node)
         if mark is not None and mark.inside is not None:
             image, hardware = clusters.guests(run, mark)[mark.inside]
+            clusters.check_images(run, node)
             return [run.variant(image, hardware.kernel)]
     return run.variants(node.iter_markers("vm"))
 
@@ -307,6 +308,8 @@ def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
         for about in _without_effect(run.config, inside):
             run.tell(about)
         pulling.spare_unused(run, inside)
+    for about in clusters.without_effect(run.config, items):
+        run.tell(about)
 
 
 def _refused_for(config: pytest.Config) -> Iterator[str]:
@@ -341,7 +344,6 @@ def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Ite
     for option in _WITHOUT_EFFECT:
         if config.getoption(option, default=False):
             yield f"{option} shows nothing for {_THOSE}"
-    yield from clusters.without_effect(config, inside)
     there = options.entries(config, "vm_guest_plugins")
     is_absent = there and {"rerunfailures", "pytest_rerunfailures"}.isdisjoint(there)
     if is_absent and any(map(_is_rerun, inside)):

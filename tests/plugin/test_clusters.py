@@ -31,8 +31,38 @@ TWO = "{'db1': 'alpha-1', 'db2': {'image': 'beta', 'memory': '1GiB'}}"
         ("{'db1': 'beta'}, networks={'a b': ['db1']}", ["'a b' cannot be the name of a network"]),
         ("{'db1': 'beta'}, networks={'lan': 'db1'}", ["network 'lan': 'db1' is not a list"]),
         ("{'db1': 'beta'}, networks={'lan': ['db2']}", ["there is no machine 'db2'", "one of db1"]),
-        ("{'db1': 'beta'}, networks={'lan': []}", ["the network 'lan' has no machine"]),
-        ("{'db1': 'beta'}, networks={'lan': ['db1'] * 2}", ["'lan' names a machine twice"]),
+        (
+            "{'db1': 'beta'}, networks={'lan': []}",
+            ["the network 'lan' has no machine", "or leave out the network"],
+        ),
+        (
+            "{'db1': 'beta'}, networks={'lan': ['db1'] * 2}",
+            ["'lan' names a machine twice", "name each of its machines once"],
+        ),
+        ("{'db1': 'beta'}, networks={'lan': [['db1']]}", ["there is no machine ['db1']"]),
+        (
+            "{'db1': 'beta'}, networks={'l' * 40: ['db1']}",
+            ["cannot be the name of a network", "31"],
+        ),
+        (
+            "{'db1': 'beta'}, networks={'lan': {'ipv4': '10.9.0.0/99'}}",
+            ["'lan': ipv4='10.9.0.0/99'"],
+        ),
+        (
+            "{'db1': 'beta'}, networks={'lan': {'ipv4': '10.9.0.0/30'}}",
+            ["'lan': 10.9.0.0/30 is too"],
+        ),
+        (
+            "{'db1': 'beta'}, networks={'lan': {'ipv6': '10.9.0.0/24'}}",
+            ["'lan': ipv6='10.9.0.0/24'"],
+        ),
+        ("{'db1': 'beta'}, networks={'lan': {'addresses': 'dhpc'}}", ["'lan': addresses='dhpc'"]),
+        ("{'db1': 'beta'}, networks={'lan': {'seed': 'x'}}", ["'lan': seed='x' is not a whole"]),
+        ("{'db1': 'beta'}, inside=['db1']", ["inside=['db1']: there is no such machine"]),
+        ("{'db1': 'beta'}, form=lambda: None", ["with a cluster alone", "takes one argument"]),
+        ("{'db1': 'beta'}, form=lambda a, b: None", ["with a cluster alone: missing", "'b'"]),
+        ("{'db1': 'beta'}, form=print, depends_on='x'", ["form=: depends_on='x' is not a list"]),
+        ("{'db1': 'beta'}, form=print, depends_on=[3]", ["form=: depends_on has 3, which is"]),
         ("{'db1': 'beta'}, networks={'lan': {'ipv5': 1}}", ["'lan' has no setting 'ipv5'", "ipv4"]),
     ],
 )
@@ -44,6 +74,63 @@ def test_a_marker_that_is_wrong(suite, marked, texts):
     for part in texts:
         assert part in text
     assert suite.guests == []
+
+
+@pytest.mark.parametrize(
+    ("marked", "text"),
+    [
+        ("isolation='modul'", "isolation='modul' is unknown"),
+        ("memory='nonsense'", "memory='nonsense'"),
+        ("colour=1", "pytest.mark.vm has no argument 'colour'"),
+        ("'alpah-1'", "there is no image 'alpah-1'"),
+    ],
+)
+@pytest.mark.parametrize("fixture", ["vm_cluster", ""])
+def test_the_marker_vm_that_is_wrong(suite, marked, text, fixture):
+    """On tests that drive a cluster, and on those inside one machine."""
+    suite.write(f"""
+        import pytest
+
+        @pytest.mark.vm({marked})
+        @pytest.mark.vm_cluster({TWO}, inside="db1")
+        def test_x({fixture}): pass
+    """)
+    told = suite.usage_error("--in-vm")
+    assert "test_suite.py::test_x: " in told
+    assert text in told
+    assert "Remedy: " in told
+
+
+def test_the_marker_vm_that_has_no_effect(suite):
+    suite.write("""
+        import pytest
+
+        pytestmark = pytest.mark.vm_cluster({"one": "alpha-1"})
+
+        @pytest.mark.vm(cpus=2, networks=["x"])
+        def test_a(vm_cluster): pass
+
+        @pytest.mark.vm("alpha-2", isolation="module", skip={"alpha-1": "slow"})
+        def test_b(vm_cluster): pass
+
+        @pytest.mark.vm(isolation="module")
+        def test_c(vm_cluster): pass
+
+        @pytest.mark.vm("alpha-2", cpus=2)
+        def test_d(vm, vm_cluster): pass
+
+        @pytest.mark.vm(isolation="test")
+        def test_e(vm_cluster): pass
+    """)
+    result = suite.run("-p", "no:randomly")
+    result.assert_outcomes(passed=5)
+    test = "in the marker vm of test_suite.py::test_"
+    says = "no effect: the marker vm_cluster says what its machines have"
+    assert [line for line in result.outlines if "no effect" in line] == [
+        f"vmsandbox: hardware and networks {test}a have {says}",
+        f"vmsandbox: images, isolation, reasons to skip and xfail {test}b have {says}",
+        f"vmsandbox: isolation {test}c has {says}",
+    ]
 
 
 def test_without_a_marker(suite):
@@ -70,6 +157,7 @@ def test_not_inside(suite):
     ("more", "args", "texts"),
     [
         ("", (), ["does not say in which one of db1, db2", "add inside='db1'", "the marker in_vm"]),
+        (", inside=['db1']", (), ["inside=['db1']: there is no such machine", "use one of db1"]),
         (", inside='db3'", (), ["inside='db3': there is no such machine", "use one of db1, db2"]),
         (", inside='db1', form=3", (), ["form=3 cannot be called", "takes a cluster"]),
         (", inside='db1', depends_on=[]", (), ["there is no form=", "leave out depends_on="]),

@@ -51,12 +51,13 @@ def test_each_test_has_a_cluster_of_its_own(suite):
 
 @pytest.mark.parametrize("isolation", ["module", "session"])
 def test_they_share_one_if_they_want_to(suite, isolation):
-    tests = f"pytestmark.append(pytest.mark.vm(isolation={isolation!r}, memory='1GiB'))\n{INSIDE}"
+    tests = f"pytestmark.append(pytest.mark.vm('debian-12', isolation={isolation!r}, memory='1GiB'))\n{INSIDE}"
     write(suite, ", inside='db2'", tests.format(two="db2-2"))
     status, output = suite.run()
     assert status == 0, output
     assert suite.guests == ["db1-1", "db2-2", "db1-3", "db2-4"]
-    assert output.count("hardware and networks in the marker vm of") == 2
+    assert output.count("images, hardware and networks in the marker vm of") == 2
+    assert output.count("images, hardware and networks, isolation in the marker vm of") == 1
 
 
 def test_without_a_machine_the_marker_is_for_tests_from_outside(suite):

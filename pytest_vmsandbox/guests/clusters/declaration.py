@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pytest_vmsandbox.catalogue.variants import is_glob
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests.networks.subnets import checked_name, checked_settings
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
 
 Base = str | PreparedImage | PreparedLayer
@@ -127,7 +128,7 @@ def _member(name: str, value: object) -> Member:
 
 
 def _segment(name: str, value: object, known: tuple[str, ...]) -> Segment:
-    settings = dict(value) if isinstance(value, Mapping) else {"machines": value}
+    settings: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"machines": value}
     where = f"the network {name!r}"
     machines = settings.pop("machines", known)
     if isinstance(machines, str) or not isinstance(machines, Collection):
@@ -140,14 +141,21 @@ def _segment(name: str, value: object, known: tuple[str, ...]) -> Segment:
             f"{where}: there is no machine {unknown[0]!r}",
             remedy=f"use one of {', '.join(known)}, or add it to machines=",
         )
-    if not machines or len({*machines}) < len(machines):
-        what = "has no machine" if not machines else "names a machine twice"
-        raise ConfigError(f"{where} {what}", remedy="name each of its machines once")
+    if not machines:
+        raise ConfigError(
+            f"{where} has no machine", remedy="name the machines on it, or leave out the network"
+        )
+    if len({*machines}) < len(machines):
+        raise ConfigError(f"{where} names a machine twice", remedy="name each of its machines once")
     if wrong := [each for each in settings if each not in _SETTINGS]:
         raise ConfigError(
             f"{where} has no setting {wrong[0]!r}",
             remedy=f"use machines, {', '.join(_SETTINGS)}",
         )
-    return Segment(
-        name, tuple(each for each in known if each in machines), {**_SETTINGS, **settings}
-    )
+    settings = {**_SETTINGS, **settings}
+    try:
+        checked_name(name)
+        checked_settings(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.brief}", remedy=error.remedy) from error
+    return Segment(name, tuple(each for each in known if each in machines), settings)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, suppress
-from typing import Protocol, get_args
+from typing import Protocol
 
-from pytest_vmsandbox.core.errors import ConfigError, LaunchError
-from pytest_vmsandbox.core.spec import one_of
+from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.guests.networks.dhcp import serving
-from pytest_vmsandbox.guests.networks.network import Addressing, Network
-from pytest_vmsandbox.guests.networks.subnets import checked_name, subnets_of
+from pytest_vmsandbox.guests.networks.network import Network
+from pytest_vmsandbox.guests.networks.subnets import checked_name, checked_settings
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 
 _SERVER = "(dhcp)"  # no guest has such a name
@@ -49,15 +48,11 @@ class Networks:
             LaunchError: the switch cannot be started.
         """
         named = checked_name(name)
-        addressing: Addressing = one_of(get_args(Addressing), addresses, "addresses")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(
-                f"seed={seed!r} is not a whole number", remedy="use for instance seed=1"
-            )
         with self._lock:
             self._made = [network for network in self._made if not network.is_over]
-            subnets = subnets_of(ipv4, ipv6, [network.subnets for network in self._made])
-            switch = self._owner.hypervisor.switch.network(named, seed=seed)
+            taken = [network.subnets for network in self._made]
+            subnets, addressing, number = checked_settings(ipv4, ipv6, addresses, seed, taken)
+            switch = self._owner.hypervisor.switch.network(named, seed=number)
             if not self._ends:  # before the switch, which is running now
                 self._owner.stack.callback(self._end)
                 self._ends = True

@@ -27,13 +27,11 @@ from pytest_vmsandbox.guests.networks.links import (
     rules_of,
     text_of,
 )
-from pytest_vmsandbox.guests.networks.subnets import Subnets, mac_of
+from pytest_vmsandbox.guests.networks.subnets import Addressing, Subnets, mac_of
 from pytest_vmsandbox.guests.reaching.commands import StrPath
 from pytest_vmsandbox.guests.running.engine import Engine
 from pytest_vmsandbox.machine.cards import Card
 from pytest_vmsandbox.machine.switch.switch import Port, SwitchNetwork
-
-Addressing = Literal["fixed", "dhcp"]
 
 
 @dataclass(eq=False)

@@ -7,10 +7,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import one_of
 
+Addressing = Literal["fixed", "dhcp"]
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
 _MOST_MEMBERS = 1000
 _Subnet = TypeVar("_Subnet", IPv4Network, IPv6Network)
@@ -73,6 +75,23 @@ class Subnets:
     def overlaps(self, other: Subnets) -> bool:
         """Whether some addresses are in both."""
         return self.ipv4.overlaps(other.ipv4) or self.ipv6.overlaps(other.ipv6)
+
+
+def checked_settings(
+    ipv4: object, ipv6: object, addresses: object, seed: object, taken: Collection[Subnets] = ()
+) -> tuple[Subnets, Addressing, int]:
+    """The settings of a network, as users write them: its subnets, the kind of its addresses, its seed.
+
+    Args:
+        taken: the subnets of the other networks.
+
+    Raises:
+        ConfigError: one is invalid.
+    """
+    addressing: Addressing = one_of(get_args(Addressing), addresses, "addresses")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed={seed!r} is not a whole number", remedy="use for instance seed=1")
+    return subnets_of(ipv4, ipv6, taken), addressing, seed
 
 
 def subnets_of(ipv4: object, ipv6: object, taken: Collection[Subnets]) -> Subnets:
