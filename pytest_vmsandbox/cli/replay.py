@@ -103,4 +103,9 @@ def _repeated(
                 details=run.said,
                 remedy="this machine may be overloaded: try again later",
             )
+        if run.was_killed:
+            raise GuestLost(
+                f"the debugger ended the replay of {recorded.nodeid} before it came to its end",
+                remedy="use 'detach' instead of 'kill', so that the guest runs to its end",
+            )
         return difference(recorded.folder, folder), size(folder)

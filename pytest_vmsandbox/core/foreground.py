@@ -1,12 +1,37 @@
-"""Runs programs in the foreground, on our streams."""
+"""What runs in the foreground: programs on our streams, and what Ctrl-C must not break off."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def interrupts_held() -> Iterator[list[int]]:
+    """Hold Ctrl-C back while this lasts. It is passed on at the end.
+
+    Yields:
+        A list that gets an item for each Ctrl-C. It stays empty in other threads than the main one.
+
+    Raises:
+        KeyboardInterrupt: there was a Ctrl-C. Another handler of the signal may do something else.
+    """
+    interrupts: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    ours = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, ours)
+        if interrupts and callable(ours):
+            ours(signal.SIGINT, None)
 
 
 def run(
@@ -20,13 +45,5 @@ def run(
         KeyboardInterrupt: there was a Ctrl-C; the program has ended.
     """
     sys.stdout.flush()
-    interrupts: list[int] = []
-    ours = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-    try:
-        with subprocess.Popen(argv, cwd=cwd, env=env) as process:
-            status = process.wait()
-    finally:
-        signal.signal(signal.SIGINT, ours)
-    if interrupts:
-        raise KeyboardInterrupt
-    return status
+    with interrupts_held(), subprocess.Popen(argv, cwd=cwd, env=env) as process:
+        return process.wait()

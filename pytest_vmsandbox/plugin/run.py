@@ -404,7 +404,7 @@ class Run:
         return list(reversed(last_first))
 
     def guest_ready(self, guest: Guest) -> None:
-        known = self._guests[guest.name]
+        known = self._guests[guest.name] = self._guests.pop(guest.name, _Known())  # in their order
         known.guest, known.has_come = guest, True
         try:
             self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)

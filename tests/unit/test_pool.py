@@ -251,6 +251,16 @@ class TestAhead:
             assert was_armed
             assert pool.closed == [clone.machines.name for clone in dead]
 
+    def test_one_stays_if_who_asks_gives_up_now(self, pool):
+        """Ctrl-C ends a thread at any look at a deadline, such as that for whether QEMU has ended."""
+        pool.expect(OPENED, BLUEPRINT, 1)
+        pool.armed(OPENED, 1)
+        machine = pool.made[0].running.machine
+        machine.ended = MagicMock(side_effect=KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt), pool.lease(OPENED, BLUEPRINT, more=False):
+            pass
+        assert list(pool.kind(OPENED).armed) == pool.made[:1]
+
     def test_kinds_do_not_mix(self, pool):
         """Other templates, and other networks of the same."""
         other, nat = anything(template("another-key")), anything(blueprint_on("nat"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -141,3 +141,13 @@ class TestLog:
         with pytest.raises(GuestLost, match="could not write the log of one") as raised:
             run.check_log()
         assert str(tmp_path) in raised.value.remedy
+
+
+@pytest.mark.parametrize("said", ["QEMU: Terminated via GDBstub\n", ""])
+def test_a_replay_that_a_debugger_has_killed(tmp_path, said):
+    """QEMU ends with status 0 then, as at the end of the log."""
+    process = SimpleNamespace(stderr_tail=said, wait=lambda _: 0)
+    engine = SimpleNamespace(running=SimpleNamespace(machine=SimpleNamespace(process=process)))
+    run = RecordedRun(cast("Any", SimpleNamespace(engine=engine)), tmp_path)
+    assert run.await_end(0)
+    assert run.was_killed == bool(said)

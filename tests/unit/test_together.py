@@ -102,6 +102,26 @@ def test_all_give_up_after_ctrl_c():
     assert ended == [True, True]
 
 
+def test_a_second_ctrl_c_waits_until_all_have_ended():
+    ended, begun = [], threading.Barrier(2)
+
+    def unwinds():
+        try:
+            waits([], begun.wait)
+        finally:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            Deadline(60).pause(0.05)
+            ended.append(True)
+
+    interrupts = threading.Thread(target=ctrl_c, args=[begun])
+    interrupts.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_threads([unwinds], 1)
+    assert ended == [True]
+    interrupts.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_all_give_up_after_ctrl_c_while_one_waits_for_others():
     ended, begun = [], threading.Barrier(3)
     interrupts = threading.Thread(target=ctrl_c, args=[begun])

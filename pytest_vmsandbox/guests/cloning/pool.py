@@ -194,8 +194,9 @@ class Pool:
     def _pick(self, kind: _Kind) -> Clone | None:
         """An armed clone whose QEMU still runs. The condition is held."""
         while kind.armed:
+            is_over = kind.armed[0].running.machine.ended() is not None  # Ctrl-C may end this call
             clone = kind.armed.popleft()
-            if clone.running.machine.ended() is None:
+            if not is_over:
                 return clone
             self._give_up(clone)  # something has killed its QEMU
         return None

@@ -33,6 +33,7 @@ FILES = (REQUEST, LOG, CONSOLE, REPORT)  # of a recorded run
 MOST_LOG = 1 << 30  # bytes of a log
 _LOOK_SECONDS = 0.05
 _NOT_WRITTEN = "replay write error"  # QEMU's words
+_KILLED = "Terminated via GDBstub"  # likewise
 _WAITING = "Waiting for gdb connection"  # likewise
 _SNAPSHOTS = 1 << 20  # bytes of a disk that has nothing but snapshots
 _PIECE = 1 << 20  # bytes of a console that are read at once
@@ -243,6 +244,11 @@ class RecordedRun:
     def await_end(self, timeout: float) -> bool:
         """Whether a replay has come to the end of its log within `timeout` seconds."""
         return self._machine.process.wait(timeout) is not None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a debugger has ended it by ``kill``."""
+        return _KILLED in self.said
 
     @property
     def said(self) -> str:

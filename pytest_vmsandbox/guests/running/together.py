@@ -8,9 +8,10 @@ from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoo
 from functools import partial
 from typing import TypeVar
 
+from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import giving_up_at
 
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 0.1
 T = TypeVar("T")
 Meet = Callable[[], object]  # returns when all others have called theirs
 
@@ -23,6 +24,9 @@ def in_threads(
     works: Sequence[Callable[[], T]], most: int, *, all_or_none: bool = False
 ) -> list[Future[T]]:
     """Call functions in threads, and wait for them. Ctrl-C here lets them give up, and is passed on.
+
+    It is passed on when all have ended. A second one does not change that: what a thread has started must be
+    ended before what it runs on.
 
     Args:
         most: how many are called at the same time.
@@ -37,12 +41,15 @@ def in_threads(
         with giving_up_at(stop):
             return work()
 
-    with ThreadPoolExecutor(most, thread_name_prefix="vmsandbox-together") as threads:
+    with (
+        foreground.interrupts_held() as interrupts,
+        ThreadPoolExecutor(most, thread_name_prefix="vmsandbox-together") as threads,
+    ):
         futures: list[Future[T]] = []
         try:
             for work in works:
-                futures.append(threads.submit(called, work))  # noqa: PERF401  # Ctrl-C may come now
-            while _go_on(futures, all_or_none=all_or_none):
+                futures.append(threads.submit(called, work))  # noqa: PERF401  # it may fail
+            while not interrupts and _go_on(futures, all_or_none=all_or_none):
                 pass
         finally:
             if len(futures) < len(works) or not all(future.done() for future in futures):
@@ -53,10 +60,7 @@ def in_threads(
 
 
 def _go_on(futures: Sequence[Future[T]], *, all_or_none: bool) -> bool:
-    """Wait a moment. Returns whether to wait any longer.
-
-    Python notices a Ctrl-C that came right before a wait only after it.
-    """
+    """Wait a moment. Returns whether to wait any longer."""
     when = FIRST_EXCEPTION if all_or_none else ALL_COMPLETED
     done, others = wait(futures, _LOOK_SECONDS, when)
     return bool(others) and not (all_or_none and any(it.exception() for it in done))
