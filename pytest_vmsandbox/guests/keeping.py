@@ -26,7 +26,7 @@ from pytest_vmsandbox.cache.files import own_size
 from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
 from pytest_vmsandbox.core.deadline import wall
-from pytest_vmsandbox.core.errors import CacheError, ConfigError, VMSandboxError
+from pytest_vmsandbox.core.errors import CacheError, ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.paths import CACHE
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import kept as names, plugged_files
@@ -48,6 +48,7 @@ _MOST = (
     1000  # guests that are being kept, at any time: all of a group have to be saved at one moment
 )
 _SEIZE_SECONDS = 10.0
+_RESTART_SECONDS = 3.0  # for a guest that restarts by itself, on a usual host with KVM
 
 
 class KeepError(CacheError):
@@ -296,6 +297,9 @@ class Keeper:
 def _saved(job: _Job, state: Path, stack: ExitStack) -> Frozen:
     """Save a guest. It goes on."""
     engine = job.guest.engine
+    if engine.running is not None:
+        with suppress(GuestLost):  # then it is saved as it is
+            engine.running.restarts.await_end(engine.stretch(_RESTART_SECONDS))
     with seized(engine, _SEIZE_SECONDS) as running:
         if running is not None and running.resident.is_away:
             raise ConfigError(

@@ -1076,6 +1076,52 @@ class TestRest:
         assert not vm.engine.resting
 
 
+class TestSavingAGuestThatRestartsByItself:
+    """It is saved when it is set up again: clones could not be set up any more."""
+
+    @pytest.fixture
+    def order(self, vm, platform, monkeypatch):
+        """What happens in turn. The helper comes back as soon as somebody waits for it."""
+        restarts, order = vm.engine.running.restarts, platform.events
+
+        def comes_back():
+            order.append("wait")
+            platform.machines[0].names.clear()
+
+        monkeypatch.setattr(
+            type(restarts), "is_news", property(lambda _: "RESET" in platform.machines[0].names)
+        )
+        monkeypatch.setattr(restarts, "await_end", comes_back)
+        return order
+
+    def test_waits_before(self, vm, platform, order):
+        platform.machines[0].names.append("RESET")
+        vm.engine.save()
+        assert [it for it in order if it in ("wait", "save")] == ["wait", "save"]
+
+    def test_begins_again_if_it_restarts_meanwhile(self, vm, platform, order, monkeypatch):
+        helper, met = vm.engine.running.resident, []
+
+        def read_lead(timeout):
+            if order.count("wait") == 1:
+                platform.machines[0].names.append("RESET")
+            return 0.0, 0.0
+
+        monkeypatch.setattr(helper, "read_lead", read_lead)
+        vm.engine.save(lambda: met.append(list(order)))
+        assert [it for it in order if it in ("wait", "save")] == ["wait", "wait", "save"]
+        assert len(met) == 2  # others count on it: once before its CPUs stop, once before they run
+
+    def test_tells_any_other_error(self, vm, order, monkeypatch):
+        def read_lead(timeout):
+            raise GuestLost("it does not answer")
+
+        monkeypatch.setattr(vm.engine.running.resident, "read_lead", read_lead)
+        with pytest.raises(GuestLost, match="it does not answer"):
+            vm.engine.save()
+        assert "save" not in order
+
+
 class TestSnapshot:
     def test_the_machine_is_another_one_afterwards(self, platform, vm):
         with vm.snapshot():

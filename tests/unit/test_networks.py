@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
 from pytest_vmsandbox.guests import leasing
 from pytest_vmsandbox.guests.networks import joining
 from pytest_vmsandbox.guests.networks.links import (
@@ -529,3 +529,32 @@ class TestStrangers:
     def test_what_could_do_harm_is_refused(self, name, value):
         with pytest.raises(ValueError, match="network card"):
             Card.read({**RECORD, name: value})
+
+
+class TestSetUpAgain:
+    """A guest answers after a start, and its networks cannot be set up."""
+
+    @pytest.fixture
+    def engine(self, monkeypatch):
+        def fails(engine, *, fresh):
+            engine.running.restarts.again = engine.restarts_again
+            raise GuestLost("the helper restarted")
+
+        monkeypatch.setattr(joining, "_set_up", fails)
+        engine = cast("Any", FakeEngine())
+        restarts = SimpleNamespace(returns=1, again=False)
+        restarts.is_again_since = lambda returns: restarts.again and returns == 1
+        engine.running = SimpleNamespace(restarted=True, restarts=restarts)
+        return engine
+
+    def test_that_is_told(self, engine):
+        engine.restarts_again = False
+        joining._again(engine)
+        (text,) = engine.machines.faults.unrestored
+        assert text == "its networks could not be set up again: the helper restarted"
+
+    def test_not_if_it_restarts_once_more(self, engine):
+        """It is set up once more."""
+        engine.restarts_again = True
+        joining._again(engine)
+        assert engine.machines.faults.unrestored == []

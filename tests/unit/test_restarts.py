@@ -29,6 +29,7 @@ class Guest:
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.settled = []
+        self.in_work = threading.Semaphore(0)
 
     def events(self):
         return [{"event": "SHUTDOWN"}, *self.resets]
@@ -53,6 +54,7 @@ class Guest:
     def restarts(self, seconds=SECONDS, setup=None):
         def again():
             restarts.await_end()  # what sets it up uses it
+            self.in_work.release()
             assert self.may_go_on.wait(SECONDS)
             self.settled.append(True)
 
@@ -116,6 +118,43 @@ def test_one_without_a_reset_is_set_up_too(guest):
     guest.may_go_on.set()
     restarts.await_end()
     assert guest.settled == [True]
+
+
+def test_a_restart_that_was_asked_for_is_set_up_alone(guest):
+    """One by itself that comes meanwhile is set up after it."""
+    restarts = guest.restarts()
+    order = []
+
+    def asked_for():
+        restarts.await_end()
+        guest.reset()
+        guest.returned()
+        assert not guest.in_work.acquire(blocking=False)
+        order.append(list(guest.settled))
+
+    restarts.settle(asked_for)
+    restarts.await_end()
+    assert order == [[]]
+    assert guest.settled == [True]
+
+
+def test_an_error_does_not_count_if_it_restarts_once_more(guest):
+    restarts = guest.restarts()
+
+    def fails():
+        raise GuestLost("the helper restarted")
+
+    def restarts_again():
+        guest.reset()
+        guest.returned()
+        fails()
+
+    restarts.settle(restarts_again)
+    restarts.await_end()
+    assert guest.settled == [True]
+    with pytest.raises(GuestLost, match="the helper restarted"):
+        restarts.settle(fails)
+    assert not restarts.goes_on
 
 
 def test_one_that_is_lost_meanwhile(guest):

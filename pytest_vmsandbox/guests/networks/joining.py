@@ -185,11 +185,14 @@ def _again(engine: Engine) -> None:
     if (running := engine.running) is None:
         return
     fresh = running.restarted or not running.machine.spec.start.is_loaded
+    returns = running.restarts.returns
     try:
         _set_up(engine, fresh=fresh)
     except VMSandboxError as error:
         if engine.running is not running or engine.loss is not None:
             return  # it is gone, or starts again
+        if running.restarts.is_again_since(returns):
+            return  # it is set up once more, and that tells whether it worked
         text = f"its networks could not be set up again: {error.brief}"
         engine.machines.faults.unrestored.append(text)
         engine.machines.faults.note(text)

@@ -444,8 +444,10 @@ class Engine:
         """
         # Not while the guest shuts down: nobody would answer in a state that was saved then.
         # Use it again under the lock: another thread may have rolled it back meanwhile.
-        with self.orderly, self.use(), self.power, self.use() as running:
-            return self.machines.save(running, meet)
+        while True:
+            with settled(self), self.power, self.use() as running:
+                if (saved := _saved(self.machines, running, meet)) is not None:
+                    return saved
 
     def roll_back(self, saved: Saved) -> None:
         """Go on from a saved state, even if the guest was lost or switched off.
@@ -483,6 +485,22 @@ class Engine:
 
 
 @contextmanager
+def settled(engine: Engine) -> Iterator[Running]:
+    """Use a guest that does not restart by itself now. Nobody makes it restart while this lasts.
+
+    Raises:
+        GuestLost: it is switched off, or has not come back from a restart.
+    """
+    while True:
+        with engine.use() as running:  # what sets it up may need both locks
+            running.restarts.await_end()
+        with engine.orderly, engine.use() as running:
+            if not running.restarts.is_awaited:
+                yield running
+                return
+
+
+@contextmanager
 def seized(engine: Engine, seconds: float) -> Iterator[Running | None]:
     """What runs, in whatever state it is; None if the guest is off. Nobody changes that while this lasts.
 
@@ -500,6 +518,26 @@ def seized(engine: Engine, seconds: float) -> Iterator[Running | None]:
                 )
             stack.callback(lock.release)
         yield engine.running
+
+
+def _saved(machines: Machines, running: Running, meet: Meet) -> Saved | None:
+    """A guest's state; None if it has restarted by itself before its CPUs stopped."""
+    has_met = False
+
+    def meet_settled() -> None:
+        nonlocal has_met
+        if not has_met and running.restarts.is_awaited:
+            raise GuestLost("the guest has restarted by itself while its state was to be saved")
+        has_met = True  # the others count on it from now on
+        meet()
+
+    try:
+        return machines.save(running, meet_settled)
+    except GuestLost:
+        running.machine.check()
+        if has_met or not running.restarts.is_awaited:
+            raise
+        return None
 
 
 def _late(late: CommandTimeout, running: Running, stdout: bytes, stderr: bytes) -> CommandTimeout:

@@ -206,7 +206,7 @@ class Running:
         if self.setup is not None and self.helper is None and self.blueprint.has_way_in:
             self.setup.give(self.resident, self.start_by_ssh, self.blueprint.stretch)
             self.leave_ssh()
-        self._settle()
+        self.restarts.settle(self._settle)
 
     def _introduce(self) -> None:
         """Tell a guest its name after a boot, because no command line of a kernel does so."""

@@ -11,7 +11,7 @@ from pytest_vmsandbox.core.errors import ConfigError, MonitorError, VMSandboxErr
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.reaching.helper import Helper
 from pytest_vmsandbox.guests.running import resume
-from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.engine import Engine, settled
 from pytest_vmsandbox.guests.running.machines import Machines, Running
 from pytest_vmsandbox.machine import capture, forwards, moving
 from pytest_vmsandbox.machine.cards import connected
@@ -49,7 +49,7 @@ def move(engine: Engine, qemu: Qemu) -> Move:
         MonitorError: the guest cannot be moved.
         GuestLost: the guest is gone.
     """
-    with engine.orderly, engine.use() as running:
+    with settled(engine) as running:
         machine, machines = running.machine, engine.machines
         machine.check()
         source = machines.blueprint

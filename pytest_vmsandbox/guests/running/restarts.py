@@ -36,7 +36,9 @@ class Restarts:
         self._seconds = seconds
         self._again = again
         self._known = wall()  # later ones are news
-        self._settler: threading.Thread | None = None
+        self._settlers: list[threading.Thread] = []  # the first one sets it up, the others wait
+        self._one_at_a_time = threading.Lock()
+        self._returns = 0
         helper.returned = self._returned
 
     @property
@@ -56,24 +58,51 @@ class Restarts:
     @property
     def goes_on(self) -> bool:
         """Whether the guest restarts, or is not set up again yet."""
-        return self._settler is not None or self.is_news
+        return bool(self._settlers) or self.is_news
 
-    def await_end(self) -> None:
+    @property
+    def is_awaited(self) -> bool:
+        """Whether `await_end` would wait for the guest."""
+        return self._helper.is_there and self.goes_on
+
+    @property
+    def returns(self) -> int:
+        """How often the helper has come back by itself."""
+        return self._returns
+
+    def is_again_since(self, returns: int) -> bool:
+        """Whether the guest has restarted once more since `returns` was that, so it is set up once more."""
+        return self._returns != returns or self.is_news
+
+    def settle(self, work: Callable[[], None]) -> None:
+        """Set the guest up on this thread. Calls wait for it, and it waits for others that set it up.
+
+        An error counts only if the guest does not restart once more: it is set up again then.
+
+        Raises:
+            VMSandboxError: what `work` has raised.
+        """
+        self._settlers.append(threading.current_thread())
+        self._settle(work)
+
+    def await_end(self, seconds: float | None = None) -> None:
         """Wait until the guest does not restart any more. What sets it up does not wait for itself.
 
         A helper that no init starts again is forgotten. Without a helper, there is nothing to wait for.
 
+        Args:
+            seconds: how long to wait; None for as long as a restart may take.
+
         Raises:
             GuestLost: it is gone, or has not come back.
         """
-        if not self._helper.is_there or self._settler is threading.current_thread():
+        if not self._helper.is_there or threading.current_thread() in self._settlers:
             return
-        if self._setup is not None and self._setup.is_by_hand:
-            if self.is_news:
-                self.note()
-                self._helper.close()
+        if self._setup is not None and self._setup.is_by_hand and self.is_news:
+            self.note()
+            self._helper.close()
             return
-        deadline = Deadline(self._seconds)
+        deadline = Deadline(self._seconds if seconds is None else seconds)
         while self.goes_on:
             self._machine.check()
             if deadline.expired:
@@ -87,14 +116,24 @@ class Restarts:
 
     def _returned(self) -> None:
         """The helper said hello again. Called on the thread that reads."""
+        thread = threading.Thread(target=self._settle_again, name="vmsandbox-restart", daemon=True)
+        self._settlers.append(thread)  # before it is no news: there is no moment without either
+        self._returns += 1
         self.note()
-        self._settler = threading.Thread(target=self._settle, name="vmsandbox-restart", daemon=True)
-        self._settler.start()
+        thread.start()
 
-    def _settle(self) -> None:
+    def _settle_again(self) -> None:
+        with suppress(VMSandboxError):  # it is noted, or the guest is gone and calls say so
+            self._settle(self._again)
+
+    def _settle(self, work: Callable[[], None]) -> None:
         try:
-            with suppress(VMSandboxError):  # it is noted, or the guest is gone and calls say so
-                self._again()
+            with self._one_at_a_time:
+                returns = self._returns
+                try:
+                    work()
+                except VMSandboxError:
+                    if not self.is_again_since(returns):
+                        raise
         finally:
-            if self._settler is threading.current_thread():
-                self._settler = None
+            self._settlers.remove(threading.current_thread())
