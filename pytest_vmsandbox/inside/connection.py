@@ -52,6 +52,7 @@ class Connection:
         self._decoder = Decoder()
         self._waiting: deque[Message] = deque()
         self._answers, self._weight = 0, 0
+        self._returns = self._guest_returns()
 
     @classmethod
     @contextmanager
@@ -176,7 +177,19 @@ class Connection:
                 return lost
         except VMSandboxError:
             pass
+        if self._guest_returns() != self._returns:  # the call above has waited for it
+            return GuestLost(
+                f"{self.guest.name} has restarted by itself, and with it the process that runs the tests",
+                stage="command",
+                remedy="check whether the test restarts its own guest. A test that runs on this side may "
+                "do that: vm.reboot()",
+            )
         return self._gone()
+
+    def _guest_returns(self) -> int:
+        """How often the guest's helper has come back after a restart by itself."""
+        running = self.guest.engine.running
+        return 0 if running is None else running.restarts.returns
 
     def _gone(self) -> GuestLost:
         return GuestLost(

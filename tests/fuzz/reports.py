@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -63,6 +64,7 @@ class Script:
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces, self.name = list(pieces), "guest"
+        self.engine = SimpleNamespace(running=None)
 
     def send(self, data, timeout):
         pass

@@ -58,6 +58,8 @@ class LocalProcess:
 class LocalGuest:
     """What a test session needs of a guest, without one."""
 
+    running = None  # it has no machine
+
     def __init__(self, name="local-1", image="local"):
         self.name, self.image = name, image
         self.lost = None

@@ -48,6 +48,7 @@ class Script:
         self.name, self.image = "hostile-1", "hostile"
         self.heard = []
         self.closed = False
+        self.running = SimpleNamespace(restarts=SimpleNamespace(returns=0))
 
     def send(self, data, timeout):
         self.heard += map(json.loads, data.splitlines())
@@ -157,6 +158,14 @@ def test_the_end_of_a_guest_is_told_by_its_cause():
         run(b'{"half', alive=False)
     with pytest.raises(GuestLost, match="the process in .* that runs the tests is gone"):
         run(b'{"half')
+
+
+def test_a_guest_that_has_restarted_is_told():
+    script, session = play(b'{"half')
+    script.running.restarts.returns += 1
+    with pytest.raises(GuestLost, match="hostile-1 has restarted by itself") as caught:
+        list(session.run(ID, **HOW))
+    assert "its own guest" in caught.value.remedy
 
 
 def test_what_came_before_the_end_is_told():

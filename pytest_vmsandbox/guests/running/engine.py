@@ -387,7 +387,7 @@ class Engine:
         """
         with self.orderly, self.use() as running:
             machine = running.machine
-            since = len(machine.monitor.events())
+            since, returns = len(machine.monitor.events()), running.restarts.returns
 
             def is_over() -> bool:
                 return machine.monitor.wait_event("RESET", since=since, timeout=0) is not None
@@ -403,6 +403,9 @@ class Engine:
                         details=machine.console.tail(),
                         remedy="give it more time: vm.reboot(timeout=…)",
                     ) from lost
+            if running.restarts.returns != returns:  # it restarted by itself, and is back already
+                running.restarts.await_end()
+                return
             machine.console.begin_boot()
             running.hang_up()
             running.await_answer(deadline)
