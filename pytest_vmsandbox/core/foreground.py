@@ -16,21 +16,23 @@ def interrupts_held() -> Iterator[list[int]]:
     """Hold Ctrl-C back while this lasts. It is passed on at the end.
 
     Yields:
-        A list that gets an item for each Ctrl-C. It stays empty in other threads than the main one.
+        A list that gets an item for each Ctrl-C. It stays empty in other threads than the main one, and where
+        Ctrl-C is ignored.
 
     Raises:
         KeyboardInterrupt: there was a Ctrl-C. Another handler of the signal may do something else.
     """
     interrupts: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    ours = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(ours):
         yield interrupts
         return
-    ours = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         yield interrupts
     finally:
         signal.signal(signal.SIGINT, ours)
-        if interrupts and callable(ours):
+        if interrupts:
             ours(signal.SIGINT, None)
 
 

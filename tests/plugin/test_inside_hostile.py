@@ -47,7 +47,7 @@ class Script:
     def __init__(self, said):
         self.said, self.waiting = said, []
         self.name, self.image, self.alive, self.loss = "alpha-1-1", "alpha-1", True, None
-        self.engine = self
+        self.engine, self.running = self, None
         self.machines = SimpleNamespace(faults=Ledger(None))
 
     def send(self, data, timeout):
@@ -85,7 +85,11 @@ def told(suite, monkeypatch):
             lease = self._leases.setdefault(
                 key,
                 SimpleNamespace(
-                    session=None, stack=ExitStack(), has_failed=False, has_collected=False
+                    session=None,
+                    stack=ExitStack(),
+                    has_failed=False,
+                    has_collected=False,
+                    loss_of_others=None,
                 ),
             )
             if lease.session is None:
