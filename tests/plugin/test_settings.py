@@ -181,6 +181,6 @@ def test_guest_plugins(inside, ini, loaded):
     for name in ("first", "second"):
         inside.write(f"{name}.py", "")
     inside.write("test_it.py", NAMES_ITS_PLUGINS)
-    status, output = inside.run("--in-vm")
+    status, output = inside.run("--in-vm", without=())
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert "\n".join(loaded) + "\n" in output

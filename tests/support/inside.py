@@ -33,11 +33,11 @@ class Suite:
         file = self.folder / "guests"
         return file.read_text().split() if file.exists() else []
 
-    def start(self, *args):
+    def start(self, *args, without=WITHOUT_HYPOTHESIS):
         return subprocess.Popen(
             # Whatever started us in the background may have made us deaf to SIGINT.
             ["env", "--default-signal=INT",
-             *(sys.executable, "-m", "pytest", *WITHOUT_HYPOTHESIS, "-p", "no:cacheprovider", "-ra"),
+             *(sys.executable, "-m", "pytest", *without, "-p", "no:cacheprovider", "-ra"),
              *("-p", "vmsandbox_local", "-p", "vmsandbox_host_plugin", *args)],
             cwd=self.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**without_ours(), "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}:{self.folder}",
@@ -45,8 +45,8 @@ class Suite:
                  "VMSANDBOX_RUNTIME": str(self.folder / "r")},
         )  # fmt: skip
 
-    def run(self, *args, timeout=100):
+    def run(self, *args, timeout=100, **how):
         shutil.copyfile(self.folder / "host_plugin.py", self.folder / "vmsandbox_host_plugin.py")
-        with self.start(*args) as process:
+        with self.start(*args, **how) as process:
             output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
