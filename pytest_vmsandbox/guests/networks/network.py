@@ -92,7 +92,7 @@ class HasNetworks:
 
     @property
     def networks(self) -> Mapping[str, Network]:
-        """The private networks that the guest is on: their names → each as a `Network`, in the order of its cards.
+        """The private networks that the guest is on, by name and in the order of its cards. Each is a `Network`.
 
         Example::
 
