@@ -217,7 +217,7 @@ class Suite:
     def run_apart(self, *args):
         """Run in a process of its own: what it imports stays there."""
         plugins = (*WITHOUT_HYPOTHESIS, "-p", "no:cacheprovider")
-        return self.pytester.runpytest_subprocess(*plugins, *args, timeout=60)
+        return self.pytester.runpytest_subprocess(*plugins, *args, timeout=300)
 
     def check(self, source, *args, apart=False, **outcomes):
         """Write and run tests, which must end like this; what happened to guests. The result is in `result`."""

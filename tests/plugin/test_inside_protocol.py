@@ -129,7 +129,7 @@ def test_next(): pass
             assert more, output
             output += more
         process.send_signal(signal.SIGINT)
-        output += process.communicate(timeout=60)[0]
+        output += process.communicate(timeout=300)[0]
     assert process.returncode == pytest.ExitCode.INTERRUPTED, output
     assert "mine is over\nthe session is over\n" in output
     assert "KeyboardInterrupt" in output

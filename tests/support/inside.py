@@ -45,7 +45,7 @@ class Suite:
                  "VMSANDBOX_RUNTIME": str(self.folder / "r")},
         )  # fmt: skip
 
-    def run(self, *args, timeout=100, **how):
+    def run(self, *args, timeout=300, **how):
         shutil.copyfile(self.folder / "host_plugin.py", self.folder / "vmsandbox_host_plugin.py")
         with self.start(*args, **how) as process:
             output, _ = process.communicate(timeout=timeout)
