@@ -52,7 +52,7 @@ class Connection:
         self._decoder = Decoder()
         self._waiting: deque[Message] = deque()
         self._answers, self._weight = 0, 0
-        self._returns = self._guest_returns()
+        self._resets = self._guest_resets()
 
     @classmethod
     @contextmanager
@@ -177,7 +177,7 @@ class Connection:
                 return lost
         except VMSandboxError:
             pass
-        if self._guest_returns() != self._returns:  # the call above has waited for it
+        if self._guest_resets() != self._resets:  # the call above has waited for it
             return GuestLost(
                 f"{self.guest.name} has restarted by itself, and with it the process that runs the tests",
                 stage="command",
@@ -186,10 +186,10 @@ class Connection:
             )
         return self._gone()
 
-    def _guest_returns(self) -> int:
-        """How often the guest's helper has come back after a restart by itself."""
+    def _guest_resets(self) -> int:
+        """How often the guest has restarted. Its helper may come back without that, if a test kills it."""
         running = self.guest.engine.running
-        return 0 if running is None else running.restarts.returns
+        return 0 if running is None else running.restarts.resets
 
     def _gone(self) -> GuestLost:
         return GuestLost(

@@ -48,7 +48,7 @@ class Script:
         self.name, self.image = "hostile-1", "hostile"
         self.heard = []
         self.closed = False
-        self.running = SimpleNamespace(restarts=SimpleNamespace(returns=0))
+        self.running = SimpleNamespace(restarts=SimpleNamespace(resets=0))
 
     def send(self, data, timeout):
         self.heard += map(json.loads, data.splitlines())
@@ -162,7 +162,7 @@ def test_the_end_of_a_guest_is_told_by_its_cause():
 
 def test_a_guest_that_has_restarted_is_told():
     script, session = play(b'{"half')
-    script.running.restarts.returns += 1
+    script.running.restarts.resets += 1
     with pytest.raises(GuestLost, match="hostile-1 has restarted by itself") as caught:
         list(session.run(ID, **HOW))
     assert "its own guest" in caught.value.remedy

@@ -44,12 +44,18 @@ class Restarts:
     @property
     def is_news(self) -> bool:
         """Whether the guest has restarted, and nobody has noted that."""
-        stamps = [
-            event["timestamp"]
-            for event in self._machine.monitor.events()
-            if event["event"] == "RESET"
-        ]
-        return any(it["seconds"] + it["microseconds"] / 1e6 > self._known for it in stamps[-1:])
+        last = self._stamps()[-1:]
+        return any(it["seconds"] + it["microseconds"] / 1e6 > self._known for it in last)
+
+    @property
+    def resets(self) -> int:
+        """How often the machine has been reset, for whatever reason."""
+        return len(self._stamps())
+
+    def _stamps(self) -> list[dict[str, int]]:
+        """When the machine was reset."""
+        events = self._machine.monitor.events()
+        return [event["timestamp"] for event in events if event["event"] == "RESET"]
 
     def note(self) -> None:
         """Note all restarts so far: the guest answers, or others wait for its answer."""
